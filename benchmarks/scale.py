@@ -76,9 +76,9 @@ from trainer.run.frozen import freeze_recipe  # noqa: E402
 from trainer.run.jsonl import Events, JsonLinesWriter  # noqa: E402
 from trainer.run.lease import Lease  # noqa: E402
 from trainer.run.metrics import StepMetrics  # noqa: E402
-from trainer.run.pace import write_interval_s  # noqa: E402
 from trainer.run.stop_poller import StopPoller  # noqa: E402
 from trainer.storage import in_parallel, open_storage, remote  # noqa: E402
+from trainer.storage.pace import write_interval_s  # noqa: E402
 from trainer.worker.hang_detector import BEAT_S, HangDetector, look_interval_s  # noqa: E402
 from trainer.worker.rank_timer import rank_record  # noqa: E402
 from trainer.worker.telemetry import LOG_EVERY_S  # noqa: E402

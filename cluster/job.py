@@ -22,7 +22,7 @@ class ClusterError(Exception):
 class ClusterJob:
     """``recipe`` is the resolved recipe as YAML: nothing reads the user's file after it was made. ``workers`` is
     (min, max); ``replicas`` is the number of copies of the parameters that the largest number of workers keeps;
-    ``servers`` is the number of inference servers that Ray places beside the workers (`rollout.vllm.servers`);
+    ``servers`` is the number of inference servers that Ray places next to the workers (`rollout.vllm.servers`);
     ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
     (``("run", "--takeover")``, ``("doctor",)``) and without the recipe; ``arguments`` are the user's own: the recipe's
     file and the overrides, for what is printed to be used by hand."""

@@ -9,7 +9,7 @@ from cluster.job import ClusterError, ClusterJob
 
 class JobShape:
     """How many nodes a job has, and what each gives it. ``nodes`` is as sbatch takes it: ``4``, or ``2-4``. Where
-    servers run beside the workers, ``workers_per_node`` counts the places that they take, too."""
+    servers run next to the workers, ``workers_per_node`` counts the places that they take, too."""
 
     def __init__(self, nodes: str, workers_per_node: int, job: ClusterJob) -> None:
         self.nodes, self.workers_per_node = nodes, workers_per_node

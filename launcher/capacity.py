@@ -40,7 +40,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Servers:
-    """The inference servers that a run places beside its workers (`rollout.vllm.servers`). ``each``: the resources of
+    """The inference servers that a run places next to its workers (`rollout.vllm.servers`). ``each``: the resources of
     one by Ray's names; a server cannot be split over two nodes."""
 
     count: int = 0
@@ -100,7 +100,7 @@ def _times(need: Mapping[str, float], have: Mapping[str, float]) -> int:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """``servers``: how many each node gets, in the nodes' order; ``workers``: how many fit beside them."""
+    """``servers``: how many each node gets, in the nodes' order; ``workers``: how many fit next to them."""
 
     workers: int
     servers: tuple[int, ...]
@@ -130,14 +130,14 @@ def arrange(resources: ResourcesSection, servers: Servers, have: Sequence[Mappin
 
 
 def _beside(resources: ResourcesSection, servers: Servers, have: Mapping[str, float]) -> Iterator[int]:
-    """Yields the workers that a node holds beside 0 servers, 1 server, and so on."""
+    """Yields the workers that a node holds next to 0 servers, 1 server, and so on."""
     for count in range(min(servers.count, _times(servers.each, have)) + 1 if servers.count else 1):
         taken = {name: count * servers.each.get(name, 0.0) for name in have}
         yield places(resources, {name: amount - taken[name] for name, amount in have.items()})
 
 
 def workers_that_fit(resources: ResourcesSection, nodes: Iterable[Node], servers: Servers = NO_SERVERS) -> int:
-    """Returns the number of workers beside all ``servers``, by the nodes' total resources, whoever uses them now."""
+    """Returns the number of workers next to all ``servers``, by the nodes' total resources, whoever uses them now."""
     found = arrange(resources, servers, [node.total for node in nodes if suits(resources, node)])
     return found.workers if found else 0
 
@@ -174,7 +174,7 @@ def check_resources(
     sleep: Callable[[float], None] = time.sleep,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Waits (an autoscaler may be adding nodes) until the cluster can hold the minimum number of workers beside the
+    """Waits (an autoscaler may be adding nodes) until the cluster can hold the minimum number of workers next to the
     ``servers``, and for up to ``JOIN_WAIT_S`` until the ``expected_nodes`` have joined or it can hold the maximum.
 
     Raises InputError with what is missing, StartAgain if nodes of the job did not come up.
@@ -197,7 +197,7 @@ def check_resources(
 
 
 def missing(resources: ResourcesSection, nodes: Sequence[Node], servers: Servers = NO_SERVERS) -> str:
-    """Returns what the live nodes lack for the minimum number of workers beside the servers, and what to do."""
+    """Returns what the live nodes lack for the minimum number of workers next to the servers, and what to do."""
     need, suitable = wanted(resources, servers), [node for node in nodes if suits(resources, node)]
     have = {name: sum(node.total.get(name, 0.0) for node in suitable) for name in need}
     lacking = {name: need[name] - have[name] for name in need if need[name] > have[name]}

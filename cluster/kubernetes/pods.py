@@ -135,7 +135,7 @@ def patch_submitter(template: Fields, job: ClusterJob) -> Fields:
 
 
 class _Patch:
-    """A patch of a pod's template. The user writes the fields of a pod's ``spec``, and ``metadata`` beside them, or a
+    """A patch of a pod's template. The user writes the fields of a pod's ``spec``, and ``metadata`` next to them, or a
     template with ``metadata`` and ``spec``: a pod's spec has no fields of these names."""
 
     def __init__(self, job: ClusterJob, key: str) -> None:

@@ -31,8 +31,8 @@ from launcher.cli import (
     sweep,
 )
 from launcher.cli import validate as validation
-from launcher.cli.exit_codes import carried_out, print_error
 from launcher.cli.help import Command, Group
+from launcher.terminal.exit_codes import carried_out, print_error
 from trainer.errors import MusterError
 from trainer.fast_imports import mute_libraries
 from trainer.terminal import LOG_FORMAT, shown

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from launcher.cli.exit_codes import error_text
 from launcher.cli.options import PluginsOption
 from launcher.terminal.console import stderr
+from launcher.terminal.exit_codes import error_text
 from trainer.errors import UsageError
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")

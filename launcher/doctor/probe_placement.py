@@ -46,7 +46,7 @@ def place(
     listed: Sequence[Node],
     servers: Servers = NO_SERVERS,
 ) -> Placed:
-    """Starts the probes. ``servers``: those that a run would place beside its workers; they get no probe.
+    """Starts the probes. ``servers``: those that a run would place next to its workers; they get no probe.
 
     Without ``resources``: one probe on every node that answers. With them: one where each worker would run, for as many
     workers as fit now. If fewer than ``min_workers`` fit: one on every node, and ``error`` is what is missing.

@@ -21,7 +21,7 @@ from trainer.worker.job import Job
 
 
 def needs_no_ray(resources: ResourcesSection, servers: int = 0) -> bool:
-    """Returns True for one worker that may run anywhere, without ``servers`` beside it."""
+    """Returns True for one worker that may run anywhere, without ``servers`` next to it."""
     return resources.max_workers == 1 and not (servers or resources.labels or resources.accelerator_type)
 
 

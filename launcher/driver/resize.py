@@ -59,7 +59,7 @@ class ResizePolicy:
     """Decides from one look at the nodes after another; has no side effects.
 
     ``missing`` returns what the live nodes lack; the number of workers is a multiple of ``multiple``. ``servers`` run
-    beside the workers, and hold what they need until the attempt ends. ``group`` is called only if necessary, since it
+    next to the workers, and hold what they need until the attempt ends. ``group`` is called only if necessary, since it
     reads the storage.
     """
 

@@ -46,7 +46,7 @@ def _lines(indent: str, key: str, choice: Choice) -> list[str]:
 
 
 def _reasoned(line: str, why: str) -> list[str]:
-    """Returns the line with its reason beside it, and more lines for what does not fit there."""
+    """Returns the line with its reason next to it, and more lines for what does not fit there."""
     lines = _comment(why, " " * COLUMN)
     if not lines or len(line) >= COLUMN:
         return [line, *lines]
@@ -76,7 +76,7 @@ def _one_line(text: str) -> str:
 
 def owned(recipe: Path) -> str:
     """Returns a shipped recipe's text for a file of one's own: without the line that leads an editor to the schema
-    beside it, and with the commands for that file."""
+    next to it, and with the commands for that file."""
     text = recipe.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("# yaml-language-server:")]
     return "\n".join(lines).replace(f"recipes/{recipe.name}", OWN) + "\n"

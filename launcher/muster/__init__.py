@@ -1,6 +1,6 @@
 """The installed package ``muster``: makes the tree importable under its own names, and gives the Python interface.
 
-This folder holds this file only, which an installation places beside ``launcher``, ``trainer`` and the others.
+This folder holds this file only, which an installation places next to ``launcher``, ``trainer`` and the others.
 """
 
 import sys

@@ -129,6 +129,6 @@ def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    from launcher.cli.exit_codes import carried_out
+    from launcher.terminal.exit_codes import carried_out
 
     sys.exit(carried_out(lambda: main(sys.argv[1:])))

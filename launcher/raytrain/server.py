@@ -65,7 +65,7 @@ class RayServer:
         self._maps[number][1].set()
 
     def fit(self, job: Job, workers: int) -> None:
-        """Trains an attempt, with its servers beside it. Raises ResizeRequested or AttemptFailed."""
+        """Trains an attempt, with its servers next to it. Raises ResizeRequested or AttemptFailed."""
         from launcher.raytrain.fit import fit
         from launcher.raytrain.rollout_servers import placed_servers
 

@@ -113,7 +113,7 @@ def _head(head: Head) -> str:
 
 
 def alone_on_paper(cards: Sequence[Card]) -> set[str]:
-    """Returns the keys of the cards that no other card would be beside in print, where a row has two."""
+    """Returns the keys of the cards that no other card would be next to in print, where a row has two."""
     stretches = groupby(cards, lambda card: card.width in ("hero", "wide"))
     return {halves[-1].key for across, found in stretches if not across and len(halves := [*found]) % 2}
 

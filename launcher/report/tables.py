@@ -86,7 +86,7 @@ def _place(event: FailureEvent) -> str:
 
 
 def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
-    """Returns tables with a row per prompt: the text before training beside the text after it, and the reference.
+    """Returns tables with a row per prompt: the text before training next to the text after it, and the reference.
 
     The texts of a few runs stand side by side in one table; more runs have a table each."""
     told = {run.label: moments for run in runs if (moments := _texts(run))}

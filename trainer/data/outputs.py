@@ -1,7 +1,7 @@
 """Outputs of a frozen model for the samples of prepared data: computed once, before a run's first step, and then read
 with the samples. They are the reference's log-likelihoods of a preference, or the likeliest tokens of a teacher.
 
-They are stored beside the prepared data, in a folder of their own: one object per block, or several where the outputs
+They are stored next to the prepared data, in a folder of their own: one object per block, or several where the outputs
 are larger than the samples. The manifest, written last, marks them as complete and has the hash of every object, so
 that any number of runs may compute the same ones, and may die at any point.
 """
@@ -139,7 +139,7 @@ def open_outputs(folder: Storage) -> StoredOutputs | None:
 
 
 def all_outputs(prepared: Storage) -> list[StoredOutputs]:
-    """Returns all complete outputs that are stored beside the prepared data."""
+    """Returns all complete outputs that are stored next to the prepared data."""
     folders = [prepared.child(name) for name in prepared.folders() if name.startswith(FOLDER)]
     return [found for found in map(open_outputs, folders) if found is not None]
 

@@ -37,7 +37,7 @@ def expert_weights(model: torch.nn.Module) -> dict[str, ExpertWeight]:
 def routers(model: torch.nn.Module) -> set[str]:
     """Returns the names of the linear layers that choose experts.
 
-    A router stands beside the experts: it is called so, or is a linear layer with one output for each expert. Where no
+    A router stands next to the experts: it is called so, or is a linear layer with one output for each expert. Where no
     experts are found (DBRX keeps theirs in matrices), it has both."""
     counts = _expert_counts(model)
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]

@@ -1,4 +1,4 @@
-"""An HTTP service beside an inference server that takes adapters, so that the server needs no shared folder.
+"""An HTTP service next to an inference server that takes adapters, so that the server needs no shared folder.
 
 | request | does |
 |---|---|

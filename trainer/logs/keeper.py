@@ -39,8 +39,8 @@ class Keeper:
 
     def __init__(self, url: str, attempt: int, rank: int, parent: int, ranks: int = 1) -> None:
         from trainer.logs.parts import LogParts
-        from trainer.run.pace import write_interval_s
         from trainer.storage import open_storage
+        from trainer.storage.pace import write_interval_s
 
         self._storage = open_storage(url, deadline_s=DEADLINE_S)
         self._attempt, self._rank, self._parent = attempt, rank, parent

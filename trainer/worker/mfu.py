@@ -70,7 +70,7 @@ def peak_flops(device_name: str) -> float | None:
 @dataclass(frozen=True)
 class Attention:
     """Layers that attend alike. ``width``: heads · head_dim; ``reach``: how many tokens back (and, if not ``causal``,
-    forward) a token sees beside itself, None for all of its sample."""
+    forward) a token sees next to itself, None for all of its sample."""
 
     layers: int
     width: int

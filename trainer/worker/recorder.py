@@ -15,8 +15,8 @@ from trainer.run import layout
 from trainer.run.events import Event
 from trainer.run.jsonl import FLUSH_S, Events, JsonLinesWriter, read_events
 from trainer.run.metrics import Metrics
-from trainer.run.pace import write_interval_s
 from trainer.storage import Storage
+from trainer.storage.pace import write_interval_s
 
 EVALUATED = "eval_"
 

@@ -1,7 +1,7 @@
 """The servers that write the texts of a run, and their adapter: each step's weights go to all of them.
 
 Servers of muster's own run on each node, started by the first rank there, which the others of the node share. Servers
-beside the training (`rollout.vllm.servers`) and those that are given by their addresses are shared by all ranks.
+next to the training (`rollout.vllm.servers`) and those that are given by their addresses are shared by all ranks.
 """
 
 from __future__ import annotations

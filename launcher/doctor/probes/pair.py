@@ -123,7 +123,7 @@ def join_store(store: dist.Store | tuple[str, int], timeout_s: float) -> dist.St
 
 
 def make_group(backend: str, store: dist.Store, rank: int, size: int, limit: timedelta) -> Any:
-    """Returns a process group beside torch's default one. Every rank of the group calls it."""
+    """Returns a process group next to torch's default one. Every rank of the group calls it."""
     import torch.distributed as dist
 
     if backend == "gloo":

@@ -6,7 +6,7 @@ training, R(y) = β log(π(y|x) / π_ref(y|x)). The loss is the mean of one of `
 
 The reference is the model as it was before the first step. If that is the same model with its adapter switched off, its
 likelihoods are computed before the losses of a step, without dropout; otherwise they were computed once, before the
-first step, and are stored beside the prepared data (`trainer.data.outputs`). No second model is in memory.
+first step, and are stored next to the prepared data (`trainer.data.outputs`). No second model is in memory.
 """
 
 from __future__ import annotations

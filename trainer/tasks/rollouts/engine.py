@@ -1,4 +1,4 @@
-"""The engines that write texts with the policy's weights: the model itself, or servers beside it.
+"""The engines that write texts with the policy's weights: the model itself, or servers next to it.
 
 A task asks for the texts of a step, and gets a function that returns them. The model writes them at once; servers write
 them while the task does something else.

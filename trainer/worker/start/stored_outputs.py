@@ -1,5 +1,5 @@
 """Computes what a task needs of a frozen model (`Task.outputs`), once for all samples of the run's data, before the
-first step, and stores it beside the prepared data. Every attempt looks first whether that is done."""
+first step, and stores it next to the prepared data. Every attempt looks first whether that is done."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class OutputsMaker:
     def with_outputs(
         self, prepared: PreparedDataset, settings: Mapping[str, Any], name: str, storage: Storage | None = None
     ) -> PreparedDataset:
-        """Returns the data with their outputs, which it computes and stores unless they are there: beside the prepared
+        """Returns the data with their outputs, which it computes and stores unless they are there: next to the prepared
         data, or in a ``storage`` of their own. Collective."""
         folder = folder_of(storage or prepared.storage, settings)
         stored: StoredOutputs | None = self.ranks.decide(lambda: open_outputs(folder))

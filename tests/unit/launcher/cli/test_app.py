@@ -14,9 +14,9 @@ import pytest
 import launcher.driver.driver
 import launcher.quickstart.prepare
 from launcher.cli.app import ToStderr, main
-from launcher.cli.exit_codes import exit_code
 from launcher.submit.place import choose_place
 from launcher.terminal.console import Console, stderr
+from launcher.terminal.exit_codes import exit_code
 from tests.support.training import small_recipe
 from trainer.errors import Fenced, InputError, Interrupted, RunHeld, StartAgain, StorageError, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump

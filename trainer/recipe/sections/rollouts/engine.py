@@ -1,4 +1,4 @@
-"""The engine that writes texts in training: the model itself, or servers beside it."""
+"""The engine that writes texts in training: the model itself, or servers next to it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class RolloutSection(Section):
 
     @property
     def servers_beside(self) -> int:
-        """The number of servers that Ray places beside the workers."""
+        """The number of servers that Ray places next to the workers."""
         return (self.vllm.servers or 0) if self.row.starts and not self.addresses else 0
 
     def conflicts(self) -> Iterator[Conflict]:

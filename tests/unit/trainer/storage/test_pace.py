@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.run.pace import WRITES_S, write_interval_s
+from trainer.storage.pace import WRITES_S, write_interval_s
 
 
 @pytest.mark.parametrize(
