@@ -18,8 +18,9 @@ from launcher.cli.options import (
 from launcher.submit import submit
 from launcher.submit.place import choose_place
 from launcher.terminal.console import hush_libraries, stderr
-from trainer.errors import Interrupted, UsageError
+from trainer.errors import Interrupted
 from trainer.interruption import RESUMES, current
+from trainer.recipe.sweeps.trials import as_text
 from trainer.recipe.sweeps.variants import variants
 from trainer.run.recipe_url import given_at, recipe_at
 
@@ -42,13 +43,12 @@ def run(
         )
         console.print(Text(note), soft_wrap=True)
     place = choose_place(on, address, loaded)
-    recipes = variants(given_at(recipe, overrides or [])) if loaded.adapters else [loaded]
-    if place is not None and loaded.adapters:
-        raise UsageError(
-            f"adapters: runs together are submitted as a sweep: muster sweep {recipe} KEY=V1,V2 --together --on {place}"
-        )
+    given = given_at(recipe, overrides or []) if loaded.adapters else {}
+    recipes = variants(given) if given else [loaded]
     if place is not None:
-        submit.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
+        text = as_text(given) if given else None
+        flags = ["--takeover"] if takeover else []
+        submit.run_elsewhere(loaded, place, flags, address, detach=detach, together=recipes, text=text)
         return
     os.environ.update(loaded.cluster.env)  # before the libraries that read it are imported
     if recipe == "quickstart" and not os.path.isfile(recipe):

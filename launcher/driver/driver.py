@@ -93,10 +93,12 @@ def run_together(
                 for recipe, has_begun in zip(left, begun, strict=True):
                     _check(recipe, progress, begun=has_begun)
             phases.end(IMPORT)
-            held = _hold(left, storage, signals, takeover=takeover)
+            held = _hold(left, storage, signals, progress, takeover=takeover)
             for file in filter(None, starting):
                 file.close()
             RunDriver(held, storage, signals, progress, phases, runner).drive()
+            if len(held) < len(left):
+                raise Interrupted("the runs that were cancelled are not complete; another submission resumes them")
     return [storage.child(recipe.name).uri(layout.ADAPTER) for recipe in recipes]
 
 
@@ -108,16 +110,25 @@ def _is_complete(recipe: Recipe, storage: Storage, progress: Progress) -> bool:
     return last is not None
 
 
-def _hold(recipes: Sequence[Recipe], storage: Storage, signals: Signals, *, takeover: bool) -> tuple[HeldRun, ...]:
-    """Takes the leases of all runs, or of none."""
+def _hold(
+    recipes: Sequence[Recipe], storage: Storage, signals: Signals, progress: Progress, *, takeover: bool
+) -> tuple[HeldRun, ...]:
+    """Takes the leases of all runs, or of none. Leaves out those that `muster cancel` has ended in this job. Raises
+    Interrupted if these are all."""
     held: list[HeldRun] = []
-    job = job_environment(os.environ).job
+    job, shared = job_environment(os.environ).job, len(recipes) > 1
     try:
         for recipe in recipes:
             run = storage.child(recipe.name)
-            check_not_cancelled(run, job)
+            try:
+                check_not_cancelled(run, job)
+            except Interrupted as error:
+                if recipe is recipes[-1] and not held:
+                    raise
+                progress.say(str(error))
+                continue
             with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
-                lease = Lease.acquire(run, job=job, takeover=takeover, sleep=signals.sleep)
+                lease = Lease.acquire(run, job=job, shared=shared, takeover=takeover, sleep=signals.sleep)
             signals.tell(lease)
             held.append(HeldRun(recipe, run, lease))
     except BaseException as error:

@@ -30,13 +30,17 @@ def cancel_run(run_uri: str, say: Say) -> None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists its runs")
     # The job that trains a trial trains the others of its sweep too.
     jobs = jobs_of(made, lease.holder.job if lease and not is_trial(run_uri) else None)
+    newest = made if lease is None or (made and made.time > lease.time) else lease
+    shared = newest is not None and newest.shared
     # A job that starts later, or is started again, reads this request and ends at once.
     request_end(run, lease.driver if lease else None, sorted({*jobs, *map(name_in_driver, jobs)}))
     ended = True
     if lease is not None and is_held(run, lease):
         say(f"asked {lease.holder} to commit and end")
         ended = _await_end(run, lease.driver)
-    gone = [_cancel_job(job, run.url, say) for job in jobs]
+    if shared and jobs:
+        say(f"{', '.join(jobs)} trains other runs too, and continues; without a run that is left, it ends")
+    gone = [] if shared else [_cancel_job(job, run.url, say) for job in jobs]
     if not ended and not any(gone):
         raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
     say(f"{run.url} is stopped; the command that started it resumes from the newest checkpoint")

@@ -42,8 +42,9 @@ def job_of(
     return replace(shape, recipe=dump(recipe), command=tuple(command), arguments=tuple(arguments))
 
 
-def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
-    """Freezes the recipe in the run's storage and submits its job. Raises UsageError for what the user can fix."""
+def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say, together: Sequence[Recipe] = ()) -> Submission:
+    """Freezes the recipe in the run's storage and submits its job. ``together``: the runs of a recipe with `adapters`,
+    each of which records the job. Raises UsageError for what the user can fix."""
     from trainer.run.frozen import check_same_recipe
     from trainer.run.lease import withdraw_end
     from trainer.run.sweep import folder_of
@@ -55,46 +56,58 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     for text in (*replica_warnings(recipe, kind), *plugin_warnings(recipe, kind)):
         say(f"warning: {text}")
     storage, command = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S), job.command[0]
-    run = folder_of(storage, recipe.name) if command == "sweep" else storage.child(recipe.name)
+    recipes = together or [recipe]
+    runs = [folder_of(storage, one.name) if command == "sweep" else storage.child(one.name) for one in recipes]
     if command == "run":
-        check_same_recipe(run, recipe)
+        for run, one in zip(runs, recipes, strict=True):
+            check_same_recipe(run, one)
     if command in ("run", "sweep"):
-        withdraw_end(run)
+        for run in runs:
+            withdraw_end(run)
     # A recipe in the storage is not trusted, so the option that trusts it must be in the command.
-    if KINDS[kind].stores_recipe and (code_of(recipe) or submitting_code_of(recipe)):
+    if KINDS[kind].stores_recipe and any(code_of(one) or submitting_code_of(one) for one in (recipe, *recipes)):
         job = replace(job, command=(*job.command, FLAG))
     unique = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
     key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe.encode())}.yaml"
-    run.write(key, job.recipe.encode())
+    stored_at = runs[0].uri(key)
+    runs[0].write(key, job.recipe.encode())
     with cluster_errors():
-        made = Submission(kind, cluster.submit(job, run.uri(key)), time.time(), run.uri(key))
+        made = Submission(kind, cluster.submit(job, stored_at), time.time(), stored_at, shared=len(runs) > 1)
     if command in ("run", "sweep"):
-        run.write_json(layout.SUBMISSION, vars(made))
+        for run in runs:
+            run.write_json(layout.SUBMISSION, vars(made))
     say(f"submitted as {made.job}")
     return made
 
 
-def follow(made: Submission, run_uri: str, say: Say) -> int:
+def follow(made: Submission, uris: Sequence[str], say: Say) -> int:
     """Calls ``say`` with each line of the job's output until it ends, and returns its exit code. An interruption here
-    does not stop the job."""
+    does not stop the job. ``uris``: of its runs, or of its sweep."""
     try:
         with cluster_errors():
             return cluster_of(made.kind).follow(made.id, say)
     except (KeyboardInterrupt, Terminated):
-        raise Interrupted(
-            f"{made.job} continues; `muster status {run_uri}` shows it, `muster cancel {run_uri}` ends it"
-        ) from None
+        text = f"{made.job} continues; `muster status {uris[0]}` shows it, `muster cancel {uris[0]}` ends it"
+        if len(uris) > 1:
+            text += f", and so for the other runs: {', '.join(uris[1:])}"
+        raise Interrupted(text) from None
 
 
-def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str | None, *, detach: bool) -> None:
-    """Submits a run and follows it. Raises the error that belongs to the job's exit code."""
-    if flags and KINDS[kind].restarts:  # a job that is started again would take over again
-        raise UsageError(
-            f"{' '.join(flags)} is not possible with --on {kind}, which starts a failed job again with the same "
-            "options; end the other driver with `muster cancel` first"
-        )
-    settings = {"address": address} if address else {}
-    _follow_to_end(submit(job_of(recipe, kind, ("run", *flags), **settings), kind, recipe, _report), recipe, detach)
+def run_elsewhere(
+    recipe: Recipe,
+    kind: str,
+    flags: Sequence[str],
+    address: str | None,
+    *,
+    detach: bool,
+    together: Sequence[Recipe] = (),
+    text: str | None = None,
+) -> None:
+    """Submits a run and follows it. ``together``: the runs of a recipe with `adapters`, which is submitted as the user
+    gave it (``text``). Raises the error that belongs to the job's exit code."""
+    job = _job_with(recipe, kind, "run", flags, address)
+    made = submit(job if text is None else replace(job, recipe=text), kind, recipe, _report, together)
+    _follow_to_end(made, [one.run_uri for one in together or [recipe]], detach)
 
 
 def sweep_elsewhere(
@@ -102,22 +115,26 @@ def sweep_elsewhere(
 ) -> None:
     """Submits a sweep and follows it, as `run_elsewhere` does. ``text``: its recipe as the user gave it. The job has
     room for `sweep.parallel` trials."""
-    if flags and KINDS[kind].restarts:
-        raise UsageError(
-            f"{' '.join(flags)} is not possible with --on {kind}; end the other driver with `muster cancel`"
-        )
-    settings = {"address": address} if address else {}
-    job = job_of(recipe, kind, ("sweep", *flags), **settings)
+    job = _job_with(recipe, kind, "sweep", flags, address)
     parallel = (recipe.sweep and recipe.sweep.parallel) or 1
     workers = job.workers[0], job.workers[1] * parallel
     job = replace(job, name=f"{job.name}-sweep", recipe=text, workers=workers)
-    _follow_to_end(submit(job, kind, recipe, _report), recipe, detach)
+    _follow_to_end(submit(job, kind, recipe, _report), [recipe.run_uri], detach)
 
 
-def _follow_to_end(made: Submission, recipe: Recipe, detach: bool) -> None:
+def _job_with(recipe: Recipe, kind: str, command: str, flags: Sequence[str], address: str | None) -> ClusterJob:
+    if flags and KINDS[kind].restarts:  # a job that is started again would take over again
+        raise UsageError(
+            f"{' '.join(flags)} is not possible with --on {kind}, which starts a failed job again with the same "
+            "options; end the other driver with `muster cancel` first"
+        )
+    return job_of(recipe, kind, (command, *flags), **({"address": address} if address else {}))
+
+
+def _follow_to_end(made: Submission, uris: Sequence[str], detach: bool) -> None:
     if detach:
         return
-    if code := follow(made, recipe.run_uri, _report):
+    if code := follow(made, uris, _report):
         errors: dict[int, type[MusterError]] = {2: UsageError, 3: Interrupted}
         raise errors.get(code, WorkerFailed)(f"{made.job} ended with exit code {code}; its output is above")
 
@@ -136,7 +153,7 @@ def doctor_elsewhere(recipe: Recipe, kind: str, *, as_json: bool) -> int:
     once: dict[str, Any] = {restarts: 0} if restarts else {}
     job = job_of(recipe, kind, ("doctor", "--json") if as_json else ("doctor",), **once)
     made = submit(replace(job, name=f"{job.name}-doctor"), kind, recipe, _report)
-    return follow(made, recipe.run_uri, print_line)
+    return follow(made, [recipe.run_uri], print_line)
 
 
 def _report(text: str) -> None:

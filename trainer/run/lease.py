@@ -81,7 +81,8 @@ class Holder:
 @dataclass(frozen=True)
 class LeaseRecord:
     """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals, ``gathers`` the resizes:
-    how often the driver has requested its workers to commit and be started again."""
+    how often the driver has requested its workers to commit and be started again. ``shared``: the driver trains other
+    runs too, in the same processes."""
 
     driver: Count
     state: str
@@ -89,6 +90,7 @@ class LeaseRecord:
     time: UnixTime
     beat: Count
     gathers: Count = 0
+    shared: bool = False
 
     def may_be_alive(self) -> bool:
         """Returns False once the driver has ended, or its process is known to have ended."""
@@ -190,6 +192,7 @@ class Lease:
         run: Storage,
         *,
         job: str | None = None,
+        shared: bool = False,
         takeover: bool = False,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -203,7 +206,7 @@ class Lease:
         """
         holder = Holder.of_this_process(job)
         driver = claim_driver(run, asdict(holder)) if takeover else _claim_free(run, holder, sleep)
-        record = LeaseRecord(driver, RUNNING, holder, clock(), 1)
+        record = LeaseRecord(driver, RUNNING, holder, clock(), 1, shared=shared)
         _write(run, record)
         return Lease(run, record, clock, renew_s)
 

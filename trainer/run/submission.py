@@ -13,12 +13,14 @@ from trainer.storage import Storage
 
 @dataclass(frozen=True)
 class Submission:
-    """The newest job that was submitted for a run. ``time`` is unix s; ``recipe`` is the URL of its frozen recipe."""
+    """The newest job that was submitted for a run. ``time`` is unix s; ``recipe`` is the URL of its frozen recipe.
+    ``shared``: the job trains other runs too, in the same processes."""
 
     kind: str
     id: str
     time: UnixTime
     recipe: str
+    shared: bool = False
 
     @property
     def job(self) -> str:

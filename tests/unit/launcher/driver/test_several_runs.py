@@ -14,6 +14,7 @@ from launcher.driver import driver as module
 from launcher.driver.driver import HeldRun, RunDriver, Signals
 from tests.support.training import small_recipe
 from trainer.errors import Interrupted, MusterError, RunHeld, StorageError, WorkerFailed
+from trainer.recipe import Recipe
 from trainer.run.events import ResizeEvent
 from trainer.run.jsonl import read_events
 from trainer.run.lease import Lease, read_lease, request_end
@@ -153,6 +154,29 @@ def test_a_resize_is_requested_of_all_runs(storage: Storage, tmp_path: Path) -> 
         assert [type(event) for event in read_events(one.run)] == [ResizeEvent]
 
 
+def hold(recipes: list[Recipe], storage: Storage) -> tuple[HeldRun, ...]:
+    progress: Any = SimpleNamespace(say=lambda text: None)
+    return module._hold(recipes, storage, Signals(progress), progress, takeover=False)
+
+
+def test_what_was_cancelled_in_a_job_is_left_out_when_the_job_starts_again(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    recipes = [small_recipe(name, tmp_path / "model", tmp_path) for name in "abc"]
+    request_end(storage.child("b"), None, ["slurm:7"])
+    held = hold(recipes, storage)
+    assert [one.recipe.name for one in held] == ["a", "c"]
+    for one in held:
+        lease = read_lease(one.run)
+        assert lease is not None
+        assert lease.shared
+        one.lease.release("interrupted")
+        request_end(one.run, one.lease.driver, ["slurm:7"])
+    with pytest.raises(Interrupted, match="slurm:7 was cancelled"):
+        hold(recipes, storage)
+
+
 def test_a_run_that_another_driver_holds_leaves_no_lease_behind(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +196,7 @@ def test_a_run_that_another_driver_holds_leaves_no_lease_behind(
     monkeypatch.setattr(Lease, "release", unreachable)
     recipes = [small_recipe(name, tmp_path / "model", tmp_path) for name in "abc"]
     with pytest.raises(RunHeld):
-        module._hold(recipes, storage, Signals(SimpleNamespace(say=print)), takeover=False)  # type: ignore[arg-type]
+        hold(recipes, storage)
     assert [lease.state for name in "ab" if (lease := read_lease(storage.child(name)))] == ["interrupted"] * 2
 
 

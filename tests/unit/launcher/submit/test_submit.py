@@ -24,10 +24,12 @@ from trainer.checkpoint import claim_attempt
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump, loads, parse
 from trainer.recipe.sweeps.trials import as_text
+from trainer.recipe.sweeps.variants import variants
 from trainer.run import layout
 from trainer.run.events import EndEvent
 from trainer.run.jsonl import Events
 from trainer.run.lease import Lease, check_not_cancelled, end_is_requested
+from trainer.run.recipe_url import given_at
 from trainer.run.submission import Submission
 from trainer.run.sweep import TrialRecord, folder_of, write_trial
 from trainer.storage import Storage, open_storage
@@ -189,6 +191,44 @@ def test_a_trial_is_cancelled_without_the_job_of_its_sweep(recipe: Recipe, playe
         cancel.cancel_run(storage.child(name).url, print)
         assert played.cancelled == cancelled
         assert end_is_requested(storage.child(name), lease.driver)
+
+
+def test_runs_together_are_one_job_which_ends_with_none_of_them(
+    tmp_path: Path, played: type[Played], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = made(str(tmp_path / "runs"), str(tmp_path / "data.jsonl")).model_dump(mode="json", exclude_defaults=True)
+    data["adapters"] = {"low": {"optimizer.lr": 1e-4}, "high": {"optimizer.name": "muon"}}
+    file = tmp_path / "r.yaml"
+    file.write_text(as_text(data))
+    started = CliRunner().invoke(app, ["run", str(file), "seed=5", "--on", "slurm", "--detach"])
+    assert started.exit_code == 0, started.stderr
+    ((job, path),) = played.submitted
+    storage = open_storage(str(tmp_path / "runs"))
+    assert (job.name, job.command, job.workers) == ("r", ("run",), (2, 4))
+    assert Path(path).read_text() == job.recipe
+    assert Path(path).is_relative_to(storage.child("r-low").url)
+    submitted = variants(given_at(path))
+    assert [(one.name, one.seed, one.optimizer.name) for one in submitted] == [
+        ("r-low", 5, "adamw"),
+        ("r-high", 5, "muon"),
+    ]
+    assert submitted == variants({**data, "seed": 5})
+    runs = [storage.child(one.name) for one in submitted]
+    assert [read_status(run).job for run in runs] == ["slurm:42"] * 2
+    cancel.cancel_run(runs[0].url, print)  # before the job has begun
+    assert "slurm:42 trains other runs too" in capsys.readouterr().out
+    assert not played.cancelled
+    with pytest.raises(Interrupted, match="was cancelled"):
+        check_not_cancelled(runs[0], "slurm:42")
+    check_not_cancelled(runs[1], "slurm:42")
+    lease = Lease.acquire(runs[1], job="slurm:42", shared=True)
+    lease.release("interrupted")
+    cancel.cancel_run(runs[1].url, print)
+    assert not played.cancelled
+    alone = Lease.acquire(runs[1], job="slurm:43")  # later, as the only run of a job
+    alone.release("interrupted")
+    cancel.cancel_run(runs[1].url, print)
+    assert "43" in played.cancelled
 
 
 def test_one_of_several_runs_ends_while_its_driver_holds_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
