@@ -168,11 +168,13 @@ class AdapterServers:
             raise InputError(f"the adapter cannot be written to {folder}: {error}") from error
 
     def _forget(self, oldest: int) -> None:
-        """Removes the adapters that no text is written with any more, versions before ``oldest``."""
+        """Collective: removes the adapters that no text is written with any more, versions before ``oldest``."""
         for version in [version for version in self._names if version < oldest]:
             name = self._names.pop(version)
-            if self._leads:
-                self._client.unload(name)
-                for host in filter(None, self._hosts.values()):
-                    host.remove(name)
-                shutil.rmtree(Path(self._place.folder, name), ignore_errors=True)
+            self._on_leader(f"remove {name}", partial(self._remove, name))
+
+    def _remove(self, name: str) -> None:
+        self._client.unload(name)
+        for host in filter(None, self._hosts.values()):
+            host.remove(name)
+        shutil.rmtree(Path(self._place.folder, name), ignore_errors=True)

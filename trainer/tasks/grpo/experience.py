@@ -42,6 +42,7 @@ class GRPOExperience(Experience):
         self._section = section
         self._groups = list(by_prompt(self.rollouts).values())
         kl_coef = section.kl_coef if section.row.kl_in_reward else 0.0
+        self._kl = [r.kl for r in self.rollouts] if kl_coef else []
         scores = [np.array([r.score - (kl_coef * r.kl if kl_coef else 0.0) for r in group]) for group in self._groups]
         found = advantages(scores, section.scale, leave_one_out=section.row.leave_one_out)
         self.advantages = np.concatenate(found)
@@ -50,6 +51,8 @@ class GRPOExperience(Experience):
     def metrics(self) -> dict[str, float]:
         spreads = [float(np.std([r.score for r in group])) for group in self._groups]
         of_groups = {"group_reward_std": float(np.mean(spreads)), "groups_alike": float(self._alike.mean())}
+        if self._kl:
+            of_groups["kl"] = sum(self._kl) / sum(r.length for r in self.rollouts)
         return {**super().metrics(), **of_groups, "left_out": 1.0 - len(self.learned()) / len(self.rollouts)}
 
     def learned(self) -> Ints:

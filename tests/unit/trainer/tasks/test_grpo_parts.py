@@ -146,6 +146,8 @@ def test_with_rloo_the_divergence_is_taken_off_the_reward() -> None:
     some = [rollout((0, 0), 2, 1.0, **rows), rollout((0, 1), 2, 0.0, logps=np.zeros(2), reference=np.zeros(2))]
     made = GRPOExperience(some, section_of("rloo", kl_coef=0.2))
     assert made.advantages.tolist() == pytest.approx([1.0 - 0.2 * 1.5, -(1.0 - 0.2 * 1.5)])
+    assert made.metrics()["kl"] == pytest.approx(1.5 / 4)  # per token
+    assert "kl" not in GRPOExperience(some, section_of("rloo")).metrics()
 
 
 MISTAKES = [
