@@ -8,6 +8,7 @@ from typing import Any
 from launcher.testing.data import KINDS, LABELS, write_preferences, write_rated, write_texts
 from tests.support.training import PHRASES, small_recipe
 from trainer.recipe import Recipe
+from trainer.recipe.methods import METHODS
 from trainer.recipe.tasks import TASKS
 
 __all__ = [
@@ -76,7 +77,11 @@ def task_recipe(task: str, name: str, model: Path, folder: Path, **changes: Any)
     data = {"data.train": source("train"), "data.eval": source("eval"), "task": task, "training.eval_every": 4}
     if TASKS[task].has_teacher:
         data["distill.teacher"] = str(make_teacher(folder / "teacher", model))
-    return small_recipe(f"{task}-{name}", model, folder, **{**data, **SETTINGS[task], **changes})
+    settings = {**data, **SETTINGS[task], **changes}
+    method = changes.get("adapter.method", changes.get("adapter", {}).get("method", "lora"))
+    if task == "grpo" and (method == "none" or METHODS[method].residual):
+        settings["grpo.kl_coef"] = 0.0  # the model with its adapter off is no reference
+    return small_recipe(f"{task}-{name}", model, folder, **settings)
 
 
 def make_teacher(folder: Path, like: Path) -> Path:
