@@ -317,6 +317,9 @@ class RunDriver:
         before = [read_claims(one.run).attempt for one in self.held]
         longest = max(range(len(steps)), key=lambda n: steps[n])
         lead, claimed = self.held[longest], before[longest]
+        if len(self.held) > 1:
+            text = f"the steps below are those of {lead.recipe.name}; `muster ls {self.storage.url}` shows all runs"
+            self.progress.say(text)
         shown = self.progress.training(
             lead.run, claimed, steps[longest], lambda: attempts.stage, driver=lead.lease.driver
         )
