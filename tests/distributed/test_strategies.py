@@ -14,7 +14,11 @@ from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
 MODELS: dict[str, dict[str, Any]] = {
-    "lora": {"adapter.method": "lora"},
+    "lora": {
+        "adapter.method": "lora",
+        # What is of training only, and must not be in an evaluation.
+        **{"sft.neftune_alpha": 5.0, "sft.label_smoothing": 0.1, "data.eval_fraction": 0.2, "training.eval_every": 5},
+    },
     "dora": {"adapter.method": "dora"},
     "full": {"adapter.method": "none", "optimizer.lr": 1e-3},
     "qlora": {"adapter.method": "lora", "model.quantization": "nf4"},
@@ -92,6 +96,11 @@ def test_trains_like_one_process(runs: dict[tuple[str, str, int], Recipe], model
     worst = max(abs(got[s] - want[s]) / want[s] for s in want)
     assert worst <= MIXED_TOLERANCE.get(model, TOLERANCE), f"{worst:.1e}"
     assert ledger(many) == ledger(one)
+    assert _evaluated(many) == pytest.approx(_evaluated(one), rel=MIXED_TOLERANCE.get(model, TOLERANCE))
+
+
+def _evaluated(recipe: Recipe) -> list[float]:
+    return [row["eval_loss"] for row in read_rows(run_of(recipe), layout.METRICS) if "eval_loss" in row]
 
 
 def _started(recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ class Zero(Strategy):
             self.engine, self.partitions, _, _ = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=self.config(), dist_init_required=False
             )
-        self.module = self.engine
+        self.module = _with_mode(self.engine)
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         raise AssertionError("the engine wraps model and optimizer together, in setup")
@@ -319,6 +320,20 @@ def import_deepspeed(device: torch.device) -> Any:
     # DeepSpeed uses a name that torch has deprecated, which would warn at every collective.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     return deepspeed
+
+
+def _with_mode(engine: Any) -> torch.nn.Module:
+    """Returns the engine, whose ``training`` now follows `train` and `eval`: DeepSpeed only passes these on to the
+    model, and everything that asks the module for its mode would always find it in training."""
+    train = engine.train
+
+    def switch(mode: bool = True) -> torch.nn.Module:
+        train(mode)
+        engine.training = mode
+        return cast("torch.nn.Module", engine)
+
+    engine.train, engine.eval = switch, partial(switch, False)
+    return switch(engine.module.training)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def check_same_teacher(place: str, began: Mapping[str, Any], now: Mapping[str, A
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Switches the unwrapped model to evaluation inside the context."""
-    training = model.training  # not the wrapper's, which DeepSpeed leaves as it is
+    training = model.training
     model.eval()
     try:
         yield
