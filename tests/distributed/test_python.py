@@ -18,7 +18,7 @@ from trainer.recipe import Recipe
 from trainer.run.lease import read_lease
 
 pytestmark = pytest.mark.timeout(300)
-CHANGES: dict[str, Any] = {"training.steps": 300, "checkpoint.every_steps": 100, "resources": {"workers": 1}}
+CHANGES: dict[str, Any] = {"training.steps": 1000, "checkpoint.every_steps": 200, "resources": {"workers": 1}}
 SCRIPT = """
 import muster
 try:

@@ -356,7 +356,7 @@ TASKS_AND_KINDS = [(task, kind) for task in TASKS.names() for kind in ("ddp", "f
 def test_every_task_can_be_planned(tmp_path: Path, task: str, kind: str) -> None:
     shape = {**SMALL, "eos_token_id": 2, "num_hidden_layers": 3}
     source = [{"path": "data/*.jsonl", "format": formats_of(task)[0]}]
-    needed: dict[str, Any] = {"ppo.reward": {"function": "rewards.py:rate"}} if task == "ppo" else {}
+    needed: dict[str, Any] = {f"{task}.reward": {"function": "rewards.py:rate"}} if task in ("ppo", "grpo") else {}
     needed |= {"distill.teacher": "unused"} if TASKS[task].has_teacher else {}
     changes = {"task": task, "strategy.kind": kind, "data.train": source, "data.packing": task == "sft", **needed}
     plan = planned(plan_recipe(tmp_path, shape, **changes), 2)
