@@ -79,7 +79,7 @@ def task_recipe(task: str, name: str, model: Path, folder: Path, **changes: Any)
         data["distill.teacher"] = str(make_teacher(folder / "teacher", model))
     settings = {**data, **SETTINGS[task], **changes}
     method = changes.get("adapter.method", changes.get("adapter", {}).get("method", "lora"))
-    if task == "grpo" and (method == "none" or METHODS[method].residual):
+    if task == "grpo" and "grpo.kl_coef" not in changes and (method == "none" or METHODS[method].residual):
         settings["grpo.kl_coef"] = 0.0  # the model with its adapter off is no reference
     return small_recipe(f"{task}-{name}", model, folder, **settings)
 

@@ -94,10 +94,11 @@ def test_a_shipped_recipe_is_written_for_a_file_of_ones_own(
     assert "recipes/" not in muster.out
     assert loads(muster.out) == load(name)
     monkeypatch.chdir(tmp_path)
-    commands = [line for line in muster.out.splitlines() if line.startswith("# muster run ")]
+    start = f"# muster {'sweep' if load(name).sweep else 'run'} "
+    commands = [line for line in muster.out.splitlines() if line.startswith(start)]
     (tmp_path / "my.yaml").write_text(muster.out)
     for command in commands:
-        file, *overrides = shlex.split(command.removeprefix("# muster run "))
+        file, *overrides = shlex.split(command.removeprefix(start))
         assert load(file, overrides)
     assert len(commands) == 2
 
