@@ -170,6 +170,6 @@ def test_the_same_run_twice_gives_the_same_bytes(
     runs: dict[tuple[str, str, int], Recipe], tiny_model: Path, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
-    again = small_recipe("again", tiny_model, tmp_path)
+    again = small_recipe("again", tiny_model, tmp_path, **MODELS["lora"])
     train_in_processes([again], 2)
     assert adapter_bytes(again) == adapter_bytes(runs["lora", "ddp", 2])
