@@ -44,11 +44,11 @@ def run(
         console.print(Text(note), soft_wrap=True)
     place = choose_place(on, address, loaded)
     given = given_at(recipe, overrides or []) if loaded.adapters else {}
-    recipes = variants(given) if given else [loaded]
+    together = variants(given) if given else []
     if place is not None:
         text = as_text(given) if given else None
         flags = ["--takeover"] if takeover else []
-        submit.run_elsewhere(loaded, place, flags, address, detach=detach, together=recipes, text=text)
+        submit.run_elsewhere(loaded, place, flags, address, detach=detach, together=together, text=text)
         return
     os.environ.update(loaded.cluster.env)  # before the libraries that read it are imported
     if recipe == "quickstart" and not os.path.isfile(recipe):
@@ -66,7 +66,7 @@ def run(
 
     current.command(RESUMES)
     try:
-        adapters = run_together(recipes, Progress(console), takeover=takeover)
+        adapters = run_together(together or [loaded], Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
         raise Interrupted(current.sentence() if current.heard else RESUMES) from None
     said = [f"finished: the adapter is {adapter}" for adapter in adapters]

@@ -49,7 +49,8 @@ def render(
 
 
 def cancel(run_uri: RunUri) -> None:
-    """Stop a run, wherever it runs: its workers commit a checkpoint, and its job is not started again."""
+    """Stop a run, wherever it runs: its workers commit a checkpoint, and its job is not started again. A job that
+    trains other runs too continues without it."""
     from launcher.submit.cancel import cancel_run
 
     cancel_run(run_uri, lambda text: stderr().print(text, soft_wrap=True))

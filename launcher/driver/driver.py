@@ -30,7 +30,7 @@ from trainer.run import layout
 from trainer.run.events import ResizeEvent, StartupEvent
 from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits
 from trainer.run.jsonl import newest_event
-from trainer.run.lease import Lease, check_not_cancelled
+from trainer.run.lease import Lease, check_not_cancelled, is_cancelled
 from trainer.run.outcome import leave
 from trainer.run.startup_phases import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
@@ -98,7 +98,7 @@ def run_together(
                 file.close()
             RunDriver(held, storage, signals, progress, phases, runner).drive()
             if len(held) < len(left):
-                raise Interrupted("the runs that were cancelled are not complete; another submission resumes them")
+                raise Interrupted("the cancelled runs are not complete; the same command in another job resumes them")
     return [storage.child(recipe.name).uri(layout.ADAPTER) for recipe in recipes]
 
 
@@ -113,20 +113,18 @@ def _is_complete(recipe: Recipe, storage: Storage, progress: Progress) -> bool:
 def _hold(
     recipes: Sequence[Recipe], storage: Storage, signals: Signals, progress: Progress, *, takeover: bool
 ) -> tuple[HeldRun, ...]:
-    """Takes the leases of all runs, or of none. Leaves out those that `muster cancel` has ended in this job. Raises
+    """Takes the leases of all runs, or of none, without those that `muster cancel` has ended in this job. Raises
     Interrupted if these are all."""
     held: list[HeldRun] = []
     job, shared = job_environment(os.environ).job, len(recipes) > 1
+    cancelled = [recipe for recipe in recipes if job and is_cancelled(storage.child(recipe.name), job)]
     try:
         for recipe in recipes:
             run = storage.child(recipe.name)
-            try:
-                check_not_cancelled(run, job)
-            except Interrupted as error:
-                if recipe is recipes[-1] and not held:
-                    raise
-                progress.say(str(error))
+            if len(cancelled) < len(recipes) and recipe in cancelled:
+                progress.say(f"{run.url} was cancelled in {job}, which trains the others; it is left out")
                 continue
+            check_not_cancelled(run, job)
             with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
                 lease = Lease.acquire(run, job=job, shared=shared, takeover=takeover, sleep=signals.sleep)
             signals.tell(lease)

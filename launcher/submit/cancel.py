@@ -19,8 +19,8 @@ HELD_S = 10.0
 
 
 def cancel_run(run_uri: str, say: Say) -> None:
-    """Stops a run: its workers commit, and its job is not started again. Raises InputError if there is no such run,
-    WorkerFailed if it did not end in time."""
+    """Stops a run: its workers commit, and its job is not started again. A job that trains other runs too continues
+    without it. Raises InputError if there is no such run, WorkerFailed if it did not end in time."""
     from trainer.run.lease import is_held, read_lease, request_end
     from trainer.run.sweep import is_trial
 
@@ -39,7 +39,7 @@ def cancel_run(run_uri: str, say: Say) -> None:
         say(f"asked {lease.holder} to commit and end")
         ended = _await_end(run, lease.driver)
     if shared and jobs:
-        say(f"{', '.join(jobs)} trains other runs too, and continues; without a run that is left, it ends")
+        say(f"{', '.join(jobs)} trains other runs too, and continues until all of them have ended")
     gone = [] if shared else [_cancel_job(job, run.url, say) for job in jobs]
     if not ended and not any(gone):
         raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")

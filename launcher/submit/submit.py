@@ -87,10 +87,10 @@ def follow(made: Submission, uris: Sequence[str], say: Say) -> int:
         with cluster_errors():
             return cluster_of(made.kind).follow(made.id, say)
     except (KeyboardInterrupt, Terminated):
-        text = f"{made.job} continues; `muster status {uris[0]}` shows it, `muster cancel {uris[0]}` ends it"
-        if len(uris) > 1:
-            text += f", and so for the other runs: {', '.join(uris[1:])}"
-        raise Interrupted(text) from None
+        commands = f"`muster status {uris[0]}` shows it, `muster cancel {uris[0]}` ends it"
+        if made.shared:
+            commands = f"`muster status` shows one of its runs, `muster cancel` ends one: {', '.join(uris)}"
+        raise Interrupted(f"{made.job} continues; {commands}") from None
 
 
 def run_elsewhere(

@@ -96,6 +96,7 @@ def test_trains_like_one_process(runs: dict[tuple[str, str, int], Recipe], model
     worst = max(abs(got[s] - want[s]) / want[s] for s in want)
     assert worst <= MIXED_TOLERANCE.get(model, TOLERANCE), f"{worst:.1e}"
     assert ledger(many) == ledger(one)
+    assert len(_evaluated(one)) == 2 * ("training.eval_every" in MODELS[model])
     assert _evaluated(many) == pytest.approx(_evaluated(one), rel=MIXED_TOLERANCE.get(model, TOLERANCE))
 
 

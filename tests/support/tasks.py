@@ -8,7 +8,7 @@ from typing import Any
 from launcher.testing.data import KINDS, LABELS, write_preferences, write_rated, write_texts
 from tests.support.training import PHRASES, small_recipe
 from trainer.recipe import Recipe
-from trainer.recipe.methods import METHODS
+from trainer.recipe.sections.adapter import AdapterSection
 from trainer.recipe.tasks import TASKS
 
 __all__ = [
@@ -79,7 +79,7 @@ def task_recipe(task: str, name: str, model: Path, folder: Path, **changes: Any)
         data["distill.teacher"] = str(make_teacher(folder / "teacher", model))
     settings = {**data, **SETTINGS[task], **changes}
     method = changes.get("adapter.method", changes.get("adapter", {}).get("method", "lora"))
-    if task == "grpo" and "grpo.kl_coef" not in changes and (method == "none" or METHODS[method].residual):
+    if task == "grpo" and "grpo.kl_coef" not in changes and AdapterSection(method=method).changes_base:
         settings["grpo.kl_coef"] = 0.0  # the model with its adapter off is no reference
     return small_recipe(f"{task}-{name}", model, folder, **settings)
 

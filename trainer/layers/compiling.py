@@ -56,7 +56,7 @@ def compile_layers(model: torch.nn.Module, device: torch.device) -> int:
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_PROGRAMS)
     layers: list[Any] = decoder_layers(model)
-    # Dropout draws what it draws uncompiled, so that a run gives the same result with and without `compute.compile`.
+    # Dropout draws the same numbers as without a compiler, so that `compute.compile` does not change the result.
     options: Any = {"options": {"fallback_random": True}} if BACKEND == "inductor" else {}
     for layer in layers:
         # Dynamic sizes from the start: otherwise the first lengths would decide which program later lengths run.

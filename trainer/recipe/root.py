@@ -162,9 +162,9 @@ class Recipe(Section):
         if not row.stores_reference:
             return False
         adapter = self.adapter
-        changes_base = adapter.method == "none" or adapter.row.residual or adapter.bias not in (None, "none")
+        changed = adapter.changes_base or adapter.bias not in (None, "none")
         asked: bool = getattr(getattr(self, key_of(self.task)), "precompute_reference", False)
-        return changes_base or adapter.begins_from is not None or asked
+        return changed or adapter.begins_from is not None or asked
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yields all values that are not valid together, inside the sections and across them."""

@@ -531,7 +531,7 @@ def _of_rollouts(recipe: Recipe) -> Iterator[Conflict]:
 def _of_reference(recipe: Recipe) -> Iterator[Conflict]:
     """Yields what keeps the model with its adapter off from being the reference of `grpo.kl_coef`."""
     method, bias = recipe.adapter.method, recipe.adapter.bias
-    if recipe.adapter.row.residual or method == "none":
+    if recipe.adapter.changes_base:
         message = f"needs the model with its adapter off as reference, which method {method} does not give; write 0"
         yield Conflict((("grpo", "kl_coef"), ("adapter", "method")), message)
     if bias not in (None, "none"):

@@ -28,8 +28,8 @@ class TogetherRule(NamedTuple):
 
 
 def fitting(table: Registry[Any]) -> str:
-    """Returns the names of the rows that take several runs, for a message."""
-    return f"together work {', '.join(name for name, row in table.items() if row.takes_several)}"
+    """Returns a message's advice: the names of the rows that take several runs."""
+    return f"use one of {', '.join(name for name, row in table.items() if row.takes_several)}"
 
 
 RULES = (
@@ -59,7 +59,7 @@ RULES = (
     TogetherRule(
         "model.quantization",
         lambda r: r.model.quantization == "int8",
-        "rounds a row by the others of its batch, which are those of other runs; together work nf4 and none",
+        "rounds a row by the others of its batch, which are those of other runs; use nf4 or none",
     ),
     TogetherRule(
         "strategy.kind",

@@ -177,6 +177,11 @@ class AdapterSection(Section):
         return METHODS[self.kind]
 
     @property
+    def changes_base(self) -> bool:
+        """True if the method trains or changes the base model itself: with its adapter off, the model is another."""
+        return self.method == "none" or self.row.residual
+
+    @property
     def begins_from(self) -> str | None:
         """The value of `from`."""
         found: str | None = getattr(self, "from")

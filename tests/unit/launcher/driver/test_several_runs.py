@@ -155,8 +155,8 @@ def test_a_resize_is_requested_of_all_runs(storage: Storage, tmp_path: Path) -> 
         assert [type(event) for event in read_events(one.run)] == [ResizeEvent]
 
 
-def hold(recipes: list[Recipe], storage: Storage) -> tuple[HeldRun, ...]:
-    progress: Any = SimpleNamespace(say=lambda text: None)
+def hold(recipes: list[Recipe], storage: Storage, say: Callable[[str], None] = print) -> tuple[HeldRun, ...]:
+    progress: Any = SimpleNamespace(say=say)
     return module._hold(recipes, storage, Signals(progress), progress, takeover=False)
 
 
@@ -166,8 +166,10 @@ def test_what_was_cancelled_in_a_job_is_left_out_when_the_job_starts_again(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     recipes = [small_recipe(name, tmp_path / "model", tmp_path) for name in "abc"]
     request_end(storage.child("b"), None, ["slurm:7"])
-    held = hold(recipes, storage)
+    said: list[str] = []
+    held = hold(recipes, storage, said.append)
     assert [one.recipe.name for one in held] == ["a", "c"]
+    assert said == [f"{storage.child('b').url} was cancelled in slurm:7, which trains the others; it is left out"]
     for one in held:
         lease = read_lease(one.run)
         assert lease is not None

@@ -229,6 +229,10 @@ def test_runs_together_are_one_job_which_ends_with_none_of_them(
     alone.release("interrupted")
     cancel.cancel_run(runs[1].url, print)
     assert "43" in played.cancelled
+    played.interrupted = True
+    followed = CliRunner().invoke(app, ["run", str(file), "seed=5", "--on", "slurm"])
+    assert isinstance(followed.exception, Interrupted)
+    assert f"`muster cancel` ends one: {runs[0].url}, {runs[1].url}" in str(followed.exception)
 
 
 def test_one_of_several_runs_ends_while_its_driver_holds_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
